@@ -1,0 +1,6 @@
+"""H3Fusion: helpful, harmless and honest experts fused over one shared base model."""
+
+import os
+
+# progress is written as plain lines (io.Progress); the libraries' bars would fill a log
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
