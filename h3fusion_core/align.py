@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from h3fusion_core.base import read_base_sha256
-from h3fusion_core.chat import encode_example
-from h3fusion_core.config import Align
+from h3fusion_core.chat import Encoded, encode_example
+from h3fusion_core.checkpoint import ADAPTER_INFO_FILE
+from h3fusion_core.config import Align, Domain
 from h3fusion_core.data import load_split, reference_of
 from h3fusion_core.io import atomic_path, sha256_folder, write_json
 from h3fusion_core.moe import PROJECTIONS
@@ -25,8 +26,6 @@ from h3fusion_core.trainer import (
 
 logger = logging.getLogger("h3fusion")
 
-INFO_FILE = "h3fusion.json"
-
 
 def align_expert(
     base: Path,
@@ -39,6 +38,9 @@ def align_expert(
     seed: int,
 ) -> list[dict[str, float]]:
     """Train one expert by LoRA on the FFN projections, attention frozen (arXiv:2411.17792).
+
+    The honest records hold wrong answers beside the right ones; with `odds_ratio_weight` the
+    honest expert learns to find them unlikely (arXiv:2403.07691).
 
     Args:
         base: Folder of the base model.
@@ -69,15 +71,19 @@ def align_expert(
 
     def dataset(split: str) -> ExampleDataset:
         rows = load_split(data, domain, split)
-        examples = [
-            encode_example(tokenizer, row["prompt"], reference_of(domain, row), config.max_tokens)
-            for row in rows
-        ]
-        return ExampleDataset(examples, [0] * len(examples))
+        right = [(row["prompt"], reference_of(domain, row)) for row in rows]
+        wrong = None
+        if domain == Domain.HONEST and config.odds_ratio_weight:
+            wrong = [encode(row["prompt"], row["incorrect_answers"][0]) for row in rows]
+        return ExampleDataset([encode(*pair) for pair in right], [0] * len(rows), wrong)
+
+    def encode(prompt: str, answer: str) -> Encoded:
+        return encode_example(tokenizer, prompt, answer, config.max_tokens)
 
     train, validation = dataset("train"), dataset("validation")
     steps = config.num_epochs * -(-len(train) // config.batch_size)
     trainer = CompletionTrainer(
+        odds_ratio_weight=config.odds_ratio_weight,
         model=model,
         args=training_arguments(
             checkpoints,
@@ -85,7 +91,7 @@ def align_expert(
             num_train_epochs=config.num_epochs,
             per_device_train_batch_size=config.batch_size,
             per_device_eval_batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
+            learning_rate=getattr(config.learning_rate, domain),
             lr_scheduler_type="cosine",
             warmup_steps=round(config.warmup_fraction * steps),
             train_sampling_strategy="group_by_length",
@@ -105,6 +111,6 @@ def align_expert(
     history = train_with_resume(trainer, fingerprint)
     with atomic_path(output) as partial:
         model.save_pretrained(str(partial))
-        write_json(partial / INFO_FILE, info)
+        write_json(partial / ADAPTER_INFO_FILE, info)
     shutil.rmtree(checkpoints)
     return history

@@ -1,5 +1,6 @@
 """The base model: fetched, checked, converted to safetensors, and known by its hash."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -31,6 +32,10 @@ from h3fusion_core.io import (
 logger = logging.getLogger("h3fusion")
 
 INFO_FILE = "base.json"
+# baked into the template, so that every program that loads an adapter or a fused model says it too
+SYSTEM_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{% set messages = [SYSTEM] + messages %}{% endif %}"
+)
 PICO_CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -51,11 +56,18 @@ def prepare_base(
         case HubBase():
             model, tokenizer = _load_pretrained(config.repo_id, revision=config.revision)
         case FolderBase():
+            if not config.path.is_dir():  # transformers would look for it on the hub
+                raise H3FusionError(f"base.path = {config.path}: no such folder")
             model, tokenizer = _load_pretrained(str(config.path))
         case PicoBase():
             model, tokenizer = build_pico(config, seed)
     if not tokenizer.chat_template:
         raise H3FusionError("base: the tokenizer has no chat template; take an instruction model")
+    if config.system_prompt is not None:
+        system = json.dumps({"role": "system", "content": config.system_prompt})
+        tokenizer.chat_template = SYSTEM_TEMPLATE.replace("SYSTEM", system) + str(
+            tokenizer.chat_template
+        )
     with atomic_path(output) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

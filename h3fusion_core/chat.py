@@ -8,8 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from h3fusion_core.io import H3FusionError
-
-IGNORE = -100  # a label that no loss counts
+from h3fusion_core.losses import IGNORE
 
 
 @dataclass(frozen=True)
@@ -17,13 +16,14 @@ class Encoded:
     """Tokens of one prompt, alone or with an answer.
 
     `labels` holds the answer's tokens, the end-of-turn token included, and IGNORE elsewhere.
-    `content_mask` marks the tokens of the prompt's own text: neither padding nor the template's
-    tokens, which every prompt shares and which can tell a router nothing.
+    `prompt_mask` marks what can tell a router of the prompt: its own text, and the template's
+    tokens after it, which have attended to it and from which the answer begins. Padding and the
+    template's tokens before it are the same for every prompt.
     """
 
     input_ids: list[int]
     labels: list[int]
-    content_mask: list[bool]
+    prompt_mask: list[bool]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Encoded:
@@ -34,7 +34,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Encoded:
     if start < 0:
         raise H3FusionError(f"the chat template changes the prompt {prompt[:40]!r}; strip it")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [a < start + len(prompt) and b > start for a, b in encoding["offset_mapping"]]
+    mask = [stop > start for _, stop in encoding["offset_mapping"]]
     ids = encoding["input_ids"]
     return Encoded(ids, [IGNORE] * len(ids), mask)
 
@@ -58,7 +58,7 @@ def encode_example(
     return Encoded(
         (head.input_ids + completion)[:max_tokens],
         (head.labels + completion)[:max_tokens],
-        (head.content_mask + [False] * len(completion))[:max_tokens],
+        (head.prompt_mask + [False] * len(completion))[:max_tokens],
     )
 
 
@@ -77,7 +77,7 @@ def pad_batch(examples: list[Encoded], pad_token_id: int, side: str = "right") -
     """Pad examples to one length.
 
     Returns:
-        input_ids, attention_mask, labels, content_mask, each (batch_size, seq_len).
+        input_ids, attention_mask, labels, prompt_mask, each (batch_size, seq_len).
     """
     length = max(len(example.input_ids) for example in examples)
 
@@ -89,5 +89,5 @@ def pad_batch(examples: list[Encoded], pad_token_id: int, side: str = "right") -
         "input_ids": torch.tensor([pad(e.input_ids, pad_token_id) for e in examples]),
         "attention_mask": torch.tensor([pad([1] * len(e.input_ids), 0) for e in examples]),
         "labels": torch.tensor([pad(e.labels, IGNORE) for e in examples]),
-        "content_mask": torch.tensor([pad(e.content_mask, False) for e in examples]),
+        "prompt_mask": torch.tensor([pad(e.prompt_mask, False) for e in examples]),
     }

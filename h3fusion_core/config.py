@@ -35,7 +35,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class WheelBase(Section):
+class BaseSection(Section):
+    """`system_prompt`, where given, stands in the saved chat template in place of its own."""
+
+    system_prompt: str | None = None
+
+
+class WheelBase(BaseSection):
     """A GGUF checkpoint inside a wheel of the package index."""
 
     source: Literal["wheel"]
@@ -45,7 +51,7 @@ class WheelBase(Section):
     member_sha256: str
 
 
-class HubBase(Section):
+class HubBase(BaseSection):
     """A model of the hub; `revision` pins it."""
 
     source: Literal["hub"]
@@ -53,14 +59,14 @@ class HubBase(Section):
     revision: str = "main"
 
 
-class FolderBase(Section):
+class FolderBase(BaseSection):
     """A local folder as `save_pretrained` writes it."""
 
     source: Literal["folder"]
     path: Path
 
 
-class PicoBase(Section):
+class PicoBase(BaseSection):
     """A randomly initialised Llama with a byte tokenizer, for tests."""
 
     source: Literal["pico"]
@@ -124,9 +130,16 @@ class Lora(Section):
     use_rslora: bool
 
 
+class LearningRates(Section):
+    helpful: Positive
+    harmless: Positive
+    honest: Positive
+
+
 class Align(Section):
     lora: Lora
-    learning_rate: Positive
+    odds_ratio_weight: NonNegative  # of wrong answers, where a record has them; 0: not used
+    learning_rate: LearningRates
     num_epochs: Count
     batch_size: Count
     max_tokens: Count

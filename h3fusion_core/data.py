@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from sklearn.model_selection import train_test_split
 
 from h3fusion_core.config import (
     DOMAINS,
@@ -214,6 +213,8 @@ def build_splits(config: Data, output: Path, seed: int) -> dict[str, dict[str, i
     Returns:
         The number of rows of each domain and split.
     """
+    from sklearn.model_selection import train_test_split  # the other stages read splits alone
+
     counts: dict[str, dict[str, int]] = {}
     for domain in DOMAINS:
         section = getattr(config, domain)

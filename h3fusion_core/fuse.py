@@ -1,7 +1,6 @@
-"""Fusion: aligned adapters become the experts of one mixture; saved, loaded, checked by hash."""
+"""Fusion: aligned adapters become the experts of one mixture."""
 
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,21 +10,15 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from h3fusion_core import align
 from h3fusion_core.base import read_base_sha256
 from h3fusion_core.chat import encode_example, encode_prompt
+from h3fusion_core.checkpoint import ADAPTER_INFO_FILE, save_fused
 from h3fusion_core.config import BASE_EXPERT, DOMAINS, Fuse
 from h3fusion_core.data import BENIGN, group_of, load_split, reference_of
-from h3fusion_core.io import H3FusionError, atomic_path, read_json, sha256_folder, write_json
+from h3fusion_core.io import H3FusionError, read_json, sha256_folder
 from h3fusion_core.moe import PROJECTIONS, Delta, gated_ffns, install_experts, moe_layers
 from h3fusion_core.router import fit_router
 from h3fusion_core.train import train_fusion
@@ -33,8 +26,6 @@ from h3fusion_core.trainer import ExampleDataset
 
 logger = logging.getLogger("h3fusion")
 
-CONFIG_FILE = "fusion.json"
-WEIGHTS_FILE = "experts.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
@@ -52,7 +43,7 @@ def read_adapter(folder: Path, base_sha256: str) -> dict[str, Delta]:
     Raises:
         H3FusionError: Aligned on another base, or of a kind that a mixture can't represent.
     """
-    info = read_json(folder / align.INFO_FILE)
+    info = read_json(folder / ADAPTER_INFO_FILE)
     if info["base_sha256"] != base_sha256:
         raise H3FusionError(
             f"{folder}: aligned on the base with sha256 {info['base_sha256'][:12]}, but this base "
@@ -244,71 +235,3 @@ def draw_rows(rows: list[dict[str, Any]], config: Fuse, seed: int) -> list[dict[
         generator=torch.Generator().manual_seed(seed),
     )
     return [rows[index] for index in drawn.tolist()]
-
-
-def save_fused(
-    model: PreTrainedModel, base: Path, experts: Sequence[str], config: Fuse, output: Path
-) -> None:
-    """Write router and experts, and a reference to the base with its hash."""
-    state = {
-        name: value.contiguous()
-        for name, value in model.state_dict().items()
-        if ".router." in name or ".deltas." in name
-    }
-    with atomic_path(output) as partial:
-        partial.mkdir()
-        save_file(state, partial / WEIGHTS_FILE)
-        write_json(
-            partial / CONFIG_FILE,
-            {
-                "base": os.path.relpath(base, output),
-                "base_sha256": read_base_sha256(base),
-                "experts": list(experts),
-                "base_expert": config.base_expert,
-                "top_k": config.top_k,
-            },
-        )
-
-
-def load_fused(
-    path: str | Path, dtype: str = "float32", device: str = "cpu"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a fused model, ready for `.generate()` like any transformers model.
-
-    Raises:
-        H3FusionError: The base is not the one that the experts were aligned on, or a file is
-            missing or damaged.
-    """
-    path = Path(path)
-    config = read_json(path / CONFIG_FILE)
-    base = (path / config["base"]).resolve()
-    actual = read_base_sha256(base)
-    if actual != config["base_sha256"]:
-        raise H3FusionError(
-            f"{path}: fused on the base with sha256 {config['base_sha256'][:12]}, but {base} has "
-            f"{actual[:12]}; run `dvc repro fuse`"
-        )
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
-    try:
-        state = load_file(path / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise H3FusionError(f"{path / WEIGHTS_FILE}: {error}") from error
-    adapters = []
-    for index in range(len(config["experts"]) - config["base_expert"]):
-        adapters.append(
-            {
-                f"{name}.{p}": (
-                    state[f"{name}.deltas.{p}.lora_A"][index],
-                    state[f"{name}.deltas.{p}.lora_B"][index],
-                )
-                for name in gated_ffns(model)
-                for p in PROJECTIONS
-            }
-        )
-    install_experts(model, adapters, config["base_expert"], config["top_k"])
-    missing, unknown = model.load_state_dict(state, strict=False)
-    damaged = [*unknown, *(name for name in missing if ".router." in name)]
-    if damaged:
-        raise H3FusionError(f"{path / WEIGHTS_FILE}: does not fit its base at {damaged[0]}")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    return model.to(torch.device(device)).eval(), tokenizer

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -19,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from h3fusion_core import align, fuse
+from h3fusion_core import checkpoint
 from h3fusion_core.base import read_base_sha256
 from h3fusion_core.chat import Encoded, encode_answer, encode_prompt, pad_batch
 from h3fusion_core.config import DOMAINS, Domain, Generate
@@ -53,12 +52,14 @@ def load_model(
     Raises:
         H3FusionError: The folder holds none of the three, or an adapter of another base.
     """
-    if (path / fuse.CONFIG_FILE).is_file():
-        return fuse.load_fused(path, dtype, device)
+    if (path / checkpoint.CONFIG_FILE).is_file():
+        return checkpoint.load_fused(path, dtype, device)
     if (path / "adapter_config.json").is_file():
-        trained_on = read_json(path / align.INFO_FILE)["base_sha256"]
+        trained_on = read_json(path / checkpoint.ADAPTER_INFO_FILE)["base_sha256"]
         if trained_on != read_base_sha256(base):
             raise H3FusionError(f"{path}: aligned on another base than {base}; align it anew")
+        from peft import PeftModel  # costs seconds that the other models need not pay
+
         model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
         model = PeftModel.from_pretrained(model, path).merge_and_unload()
         tokenizer = AutoTokenizer.from_pretrained(base)
@@ -67,7 +68,8 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(path)
     else:
         raise H3FusionError(f"{path}: holds no model, adapter or fused model; run `dvc repro`")
-    return model.to(torch.device(device)).eval(), tokenizer
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval(), tokenizer
 
 
 def generate_answers(
@@ -195,7 +197,7 @@ def read_routing(
     prompts: Sequence[str],
     batch_size: int,
 ) -> Tensor:
-    """Routing probabilities of each layer, averaged over a prompt's content tokens.
+    """Routing probabilities of each layer, averaged over a prompt's tokens.
 
     Returns:
         (num_prompts, num_layers, num_experts).
@@ -216,7 +218,7 @@ def read_routing(
                 use_cache=False,
             )
         for layer, logits in enumerate(router_logits):
-            routing[rows, layer] = mean_routing([logits], batch["content_mask"]).cpu()
+            routing[rows, layer] = mean_routing([logits], batch["prompt_mask"]).cpu()
     return routing
 
 
@@ -272,7 +274,7 @@ def count_parameters(model: PreTrainedModel, path: Path) -> dict[str, int]:
         one_adapter = sum(p.numel() for p in layer.deltas.parameters()) // layer.num_adapters
         idle += max(0, layer.num_adapters - layer.top_k) * one_adapter
     trained = 0
-    for name in ("adapter_model.safetensors", fuse.WEIGHTS_FILE):
+    for name in ("adapter_model.safetensors", checkpoint.WEIGHTS_FILE):
         if (path / name).is_file():
             trained = sum(tensor.numel() for tensor in load_file(path / name).values())
     return {

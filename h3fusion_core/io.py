@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 logger = logging.getLogger("h3fusion")
 
 
@@ -30,6 +32,8 @@ def report_errors() -> Iterator[None]:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {error.filename or 'file system'}: {error.strerror or error}")
+    except SafetensorError as error:
+        sys.exit(f"error: a weights file could not be read or written: {error}")
 
 
 @contextmanager

@@ -8,25 +8,55 @@ from torch.nn import functional as F
 
 from h3fusion_core.moe import PROJECTIONS, SharedBaseMoE
 
+IGNORE = -100  # a label that no loss counts
 FACTORS = ("lora_A", "lora_B")
 
 
-def lm_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the labelled tokens of a batch, in nats.
+def token_log_probs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the labelled tokens, in nats, and which positions are labelled.
 
     The vocabulary projection, a fifth of a small model's work, runs only from the first position
-    that predicts a labelled token.
+    that predicts a labelled token: N of them are left.
 
     Args:
         model: A transformers causal language model.
         input_ids, attention_mask, labels: (B, S); labels of -100 are not counted.
+
+    Returns:
+        log_probs, 0 where there is no label, and the mask of labels, both (B, N).
     """
-    first = int((labels != -100).any(dim=0).nonzero()[0])
+    first = int((labels != IGNORE).any(dim=0).nonzero()[0])
     keep = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)
     logits = model(
         input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=keep, use_cache=False
     ).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, first:].flatten())
+    labels = labels[:, first:]
+    nll = F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
+    return -nll, labels != IGNORE
+
+
+def lm_loss(log_probs: Tensor, counted: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the labelled tokens of a batch, in nats a token."""
+    return -log_probs.sum() / counted.sum()
+
+
+def odds_ratio_loss(chosen: tuple[Tensor, Tensor], rejected: tuple[Tensor, Tensor]) -> Tensor:
+    """How much likelier a model finds right answers than wrong ones (ORPO, arXiv:2403.07691).
+
+    -log sigmoid(log odds(chosen) - log odds(rejected)), where an answer's probability is the
+    geometric mean over its tokens; ln 2 when it makes no difference.
+
+    Args:
+        chosen, rejected: log_probs and counted, each (B, N), row by row answers to one prompt.
+    """
+
+    def log_odds(log_probs: Tensor, counted: Tensor) -> Tensor:
+        mean = log_probs.sum(dim=1) / counted.sum(dim=1)
+        return mean - torch.log1p(-mean.exp())
+
+    return -F.logsigmoid(log_odds(*chosen) - log_odds(*rejected)).mean()
 
 
 def gating_loss(router_logits: Sequence[Tensor], mask: Tensor, domain_id: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ def _routing_section(metrics: dict[str, Any]) -> list[str]:
         "",
         "## Who is asked",
         "",
-        "Share of the test prompts of each kind whose content tokens, averaged over layers, are "
+        "Share of the test prompts of each kind whose tokens, averaged over the layers, are "
         f"routed most to each expert (accuracy {routing['accuracy']:.2f}, mean over the kinds; "
         f"n = {routing['n']}; calibration error {routing['calibration_error']:.2f}).",
         "",

@@ -43,10 +43,10 @@ def fit_router(
     """Fit every layer's router without a gradient.
 
     For each layer, the centred one-hot label is regressed on the FFN's input over the prompts'
-    content tokens, each class weighing the same; Gram matrices are streamed, so memory does not
-    grow with the data. The ridge penalty and one inverse temperature for each layer are those with
-    the lowest negative log-likelihood on prompts that were held out of the regression: a router
-    must be right, and as sure as it should be, about prompts that it has never seen.
+    own and closing tokens, each class weighing the same; Gram matrices are streamed, so memory
+    does not grow with the data. The ridge penalty and one inverse temperature for each layer are
+    those with the lowest negative log-likelihood on prompts that were held out of the regression:
+    a router must be right, and as sure as it should be, about prompts that it has never seen.
 
     Args:
         model: The base model.
@@ -72,7 +72,7 @@ def fit_router(
 
     tokens_of = torch.zeros(num_experts)
     for row in fit_rows:
-        tokens_of[label[row]] += sum(prompts[row].content_mask)
+        tokens_of[label[row]] += sum(prompts[row].prompt_mask)
     gram = torch.zeros(len(ffns), hidden_size, hidden_size, device=device)
     cross = torch.zeros(len(ffns), hidden_size, num_experts, device=device)
 
@@ -128,7 +128,7 @@ def _visit(
     pad_token_id: int,
     visitor: Callable[[int, Tensor, Tensor], None],
 ) -> None:
-    """Run prompts through the model; give `visitor` each layer's FFN input of content tokens."""
+    """Run prompts through the model; give `visitor` each layer's FFN inputs."""
     device = next(model.parameters()).device
     order = sorted(rows, key=lambda row: len(prompts[row].input_ids))
     progress = Progress("reading prompts", len(order))
@@ -146,8 +146,8 @@ def _visit(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = pad_batch([prompts[row] for row in chosen], pad_token_id)
-            mask = batch["content_mask"].to(device)
-            row_of_token = batch["content_mask"].nonzero()[:, 0]
+            mask = batch["prompt_mask"].to(device)
+            row_of_token = batch["prompt_mask"].nonzero()[:, 0]
             current = mask, label[chosen][row_of_token].to(device)
             with torch.no_grad():
                 model(

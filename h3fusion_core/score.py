@@ -312,8 +312,7 @@ def _sign_flip_test(
     contributions = np.concatenate(
         [weight * difference[name] / len(difference[name]) for name, weight in _COMPOSITION[metric]]
     )
-    contributions = contributions[contributions != 0]
-    if contributions.size == 0:
+    if not contributions.any():
         return 1.0
     result = stats.permutation_test(
         (contributions,),

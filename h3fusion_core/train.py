@@ -26,8 +26,8 @@ TRAINABLE_FILE = "trainable.safetensors"
 class FusionTrainer(CompletionTrainer):
     """Trains a fused model: lm_loss + lambda gating_loss + sum_i gamma_i drift_loss_i.
 
-    The gating loss looks at the prompt's content tokens alone: what a router sees first at
-    inference. Router and experts have learning rates of their own (arXiv:2411.17792).
+    The gating loss looks at the prompt alone: what a router sees first at inference. Router and
+    experts have learning rates of their own (arXiv:2411.17792).
     """
 
     model: PreTrainedModel
@@ -66,7 +66,7 @@ class FusionTrainer(CompletionTrainer):
         """The total loss; its parts go into the next log line."""
         with record_router_logits(model) as router_logits:
             loss = super().compute_loss(model, inputs)
-        gating = gating_loss(router_logits, inputs["content_mask"], inputs["domain_id"])
+        gating = gating_loss(router_logits, inputs["prompt_mask"], inputs["domain_id"])
         total = loss + self.config.gating_loss_weight * gating
         parts = {"lm_loss": loss.item(), "gating_loss": gating.item()}
         if self.config.train_experts:

@@ -23,7 +23,7 @@ from transformers import (
 from h3fusion_core.chat import Encoded, pad_batch
 from h3fusion_core.config import load_runtime
 from h3fusion_core.io import H3FusionError, Progress, write_json
-from h3fusion_core.losses import lm_loss
+from h3fusion_core.losses import lm_loss, odds_ratio_loss, token_log_probs
 
 logger = logging.getLogger("h3fusion")
 
@@ -31,13 +31,20 @@ FINGERPRINT_FILE = "fingerprint.json"
 
 
 class ExampleDataset(torch.utils.data.Dataset):
-    """Encoded examples, each with the expert that it needs."""
+    """Encoded examples, each with the expert that it needs and perhaps a wrong answer."""
 
-    def __init__(self, examples: Sequence[Encoded], domain_ids: Sequence[int]) -> None:
-        self.rows = [
-            {**vars(example), "domain_id": domain_id}
+    def __init__(
+        self,
+        examples: Sequence[Encoded],
+        domain_ids: Sequence[int],
+        rejected: Sequence[Encoded] | None = None,
+    ) -> None:
+        self.rows: list[dict[str, Any]] = [
+            {"example": example, "input_ids": example.input_ids, "domain_id": domain_id}
             for example, domain_id in zip(examples, domain_ids, strict=True)
         ]
+        for row, example in zip(self.rows, rejected or [], strict=rejected is not None):
+            row["rejected"] = example
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -47,21 +54,30 @@ class ExampleDataset(torch.utils.data.Dataset):
 
 
 class Collator:
-    """Pads rows of an `ExampleDataset` to a batch, with `domain_id` (B,)."""
+    """Pads rows of an `ExampleDataset` to a batch, with `domain_id` (B,).
+
+    Wrong answers, where there are any, follow as rows B to 2 B.
+    """
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         domain_id = torch.tensor([row["domain_id"] for row in rows])
-        examples = [Encoded(row["input_ids"], row["labels"], row["content_mask"]) for row in rows]
+        examples = [row["example"] for row in rows]
+        examples += [row["rejected"] for row in rows if "rejected" in row]
         return {**pad_batch(examples, self.pad_token_id), "domain_id": domain_id}
 
 
 class CompletionTrainer(Trainer):
-    """A Trainer whose loss counts the answer's tokens alone."""
+    """A Trainer whose loss counts the answer's tokens alone.
 
-    def __init__(self, **kwargs: Any) -> None:
+    Args:
+        odds_ratio_weight: Of the odds ratio loss on batches that hold wrong answers.
+    """
+
+    def __init__(self, odds_ratio_weight: float = 0.0, **kwargs: Any) -> None:
+        self.odds_ratio_weight = odds_ratio_weight
         super().__init__(callbacks=[ProgressCallback()], **kwargs)
         self.remove_callback(PrinterCallback)  # its raw dicts drown the progress lines
         self.model_accepts_loss_kwargs = False  # the loss is a mean over its own batch
@@ -73,8 +89,16 @@ class CompletionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean nats a token of the answers."""
-        loss = lm_loss(model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+        """Mean nats a token of the answers, and the odds ratio loss where there are wrong ones."""
+        log_probs, counted = token_log_probs(
+            model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+        )
+        rows = len(inputs["domain_id"])
+        chosen = log_probs[:rows], counted[:rows]
+        loss = lm_loss(*chosen)
+        if len(log_probs) > rows:
+            rejected = log_probs[rows:], counted[rows:]
+            loss = loss + self.odds_ratio_weight * odds_ratio_loss(chosen, rejected)
         return (loss, {}) if return_outputs else loss
 
 

@@ -12,11 +12,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from h3fusion_core.align import INFO_FILE
 from h3fusion_core.base import prepare_base, read_base_sha256
+from h3fusion_core.checkpoint import ADAPTER_INFO_FILE
 from h3fusion_core.config import DOMAINS, PicoBase
 from h3fusion_core.io import write_json, write_jsonl
 from h3fusion_core.moe import PROJECTIONS
+
+torch.set_num_threads(1)  # pico models gain nothing from more, and workers share the cores
 
 ROOT = Path(__file__).resolve().parents[1]
 PICO = PicoBase(source="pico", hidden_size=32, intermediate_size=48, num_layers=3, num_heads=2)
@@ -32,7 +34,7 @@ def make_adapter(base: Path, folder: Path, seed: int, **lora) -> Path:
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
-    write_json(folder / INFO_FILE, {"base_sha256": read_base_sha256(base)})
+    write_json(folder / ADAPTER_INFO_FILE, {"base_sha256": read_base_sha256(base)})
     return folder
 
 

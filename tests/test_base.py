@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 from conftest import PICO
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from h3fusion_core import base as base_module
 from h3fusion_core.base import (
@@ -86,6 +86,21 @@ def test_a_folder_is_a_base_too(base, tmp_path):
         config = FolderBase(source="folder", path=tmp_path / "absent")
         prepare_base(config, tmp_path / "x", tmp_path, seed=0)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_system_prompt_is_baked_into_the_template(base, tmp_path, tokenizer):
+    config = FolderBase(source="folder", path=base, system_prompt='Be "brief".')
+    prepare_base(config, tmp_path / "brief", tmp_path, seed=0)
+    brief = AutoTokenizer.from_pretrained(tmp_path / "brief")
+    turns = [{"role": "user", "content": "Hi"}]
+    plain = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert (
+        brief.apply_chat_template(turns, tokenize=False) == '<|system|>Be "brief".<|end|>' + plain
+    )
+    own = [{"role": "system", "content": "Mine."}, *turns]
+    assert brief.apply_chat_template(own, tokenize=False) == tokenizer.apply_chat_template(
+        own, tokenize=False
+    )
 
 
 def test_a_base_without_a_chat_template_is_refused(base, tmp_path, tokenizer):

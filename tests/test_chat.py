@@ -9,15 +9,16 @@ PROMPTS = ["Hi", "Why is the sky blue?", "user", "  two  spaces inside", "Züric
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_content_mask_covers_the_prompt_and_nothing_else(tokenizer, prompt):
+def test_prompt_mask_covers_the_prompt_and_what_closes_it(tokenizer, prompt):
     encoded = encode_prompt(tokenizer, prompt)
     marked = [
         token
-        for token, content in zip(encoded.input_ids, encoded.content_mask, strict=True)
+        for token, content in zip(encoded.input_ids, encoded.prompt_mask, strict=True)
         if content
     ]
-    assert tokenizer.decode(marked) == prompt
-    assert not any(i in tokenizer.all_special_ids for i in marked)
+    assert tokenizer.decode(marked) == f"{prompt}<|end|><|assistant|>"
+    answered = encode_example(tokenizer, prompt, "An answer.", 300)
+    assert sum(answered.prompt_mask) == len(marked)
 
 
 def test_labels_are_the_answer_and_its_end_of_turn(tokenizer):
@@ -34,7 +35,7 @@ def test_labels_are_the_answer_and_its_end_of_turn(tokenizer):
 
 def test_long_rows_are_cut(tokenizer):
     example = encode_example(tokenizer, "Name a river.", "The Elbe. " * 50, 64)
-    assert len(example.input_ids) == len(example.labels) == len(example.content_mask) == 64
+    assert len(example.input_ids) == len(example.labels) == len(example.prompt_mask) == 64
 
 
 def test_padding_on_both_sides(tokenizer):
@@ -43,7 +44,7 @@ def test_padding_on_both_sides(tokenizer):
         batch = pad_batch(examples, tokenizer.pad_token_id, side)
         assert (batch["input_ids"][0, padded] == tokenizer.pad_token_id).all()
         assert batch["attention_mask"].sum(1).tolist() == [len(e.input_ids) for e in examples]
-        assert not batch["content_mask"][0, padded].any()
+        assert not batch["prompt_mask"][0, padded].any()
         assert (batch["labels"] == IGNORE).all()
 
 

@@ -9,16 +9,18 @@ from conftest import ROOT, make_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from h3fusion_core.align import INFO_FILE
 from h3fusion_core.base import read_base_sha256
-from h3fusion_core.config import DOMAINS, load_params
-from h3fusion_core.fuse import (
+from h3fusion_core.checkpoint import (
+    ADAPTER_INFO_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
+    load_fused,
+)
+from h3fusion_core.config import DOMAINS, load_params
+from h3fusion_core.fuse import (
     check_targets,
     draw_rows,
     fuse_experts,
-    load_fused,
     read_adapter,
     training_rows,
 )
@@ -84,7 +86,7 @@ def test_scaling_is_that_of_peft(base, tmp_path, lora):
 
 def test_adapters_of_another_base_are_refused(base, adapters, tmp_path):
     other = shutil.copytree(adapters["honest"], tmp_path / "honest")
-    write_json(other / INFO_FILE, {"base_sha256": "0" * 64})
+    write_json(other / ADAPTER_INFO_FILE, {"base_sha256": "0" * 64})
     with pytest.raises(H3FusionError, match=r"honest: aligned on the base with sha256 000000"):
         read_adapter(other, read_base_sha256(base))
 
@@ -106,7 +108,7 @@ def test_what_a_mixture_cannot_represent_is_refused(base, model, tmp_path, lora,
     )
     folder = tmp_path / "adapter"
     peft_model.save_pretrained(folder)
-    write_json(folder / INFO_FILE, {"base_sha256": read_base_sha256(base)})
+    write_json(folder / ADAPTER_INFO_FILE, {"base_sha256": read_base_sha256(base)})
     with pytest.raises(H3FusionError, match=message):
         check_targets(model, read_adapter(folder, read_base_sha256(base)), folder)
 

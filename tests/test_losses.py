@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from h3fusion_core.chat import Encoded, encode_example, pad_batch
-from h3fusion_core.losses import delta_distance, gating_loss, lm_loss, mean_routing
+from h3fusion_core.losses import (
+    delta_distance,
+    gating_loss,
+    lm_loss,
+    mean_routing,
+    odds_ratio_loss,
+    token_log_probs,
+)
 
 
 def test_gating_loss_is_zero_when_right_and_certain_and_ln_e_when_uniform():
@@ -70,7 +77,9 @@ def test_lm_loss_equals_transformers_and_ignores_padding(model, tokenizer):
         encode_example(tokenizer, "What is bread?", "Bread is baked dough, often of wheat.", 200),
     ]
     batch = pad_batch(examples, tokenizer.pad_token_id)
-    ours = lm_loss(model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+    ours = lm_loss(
+        *token_log_probs(model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+    )
     theirs = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
@@ -83,6 +92,23 @@ def test_lm_loss_equals_transformers_and_ignores_padding(model, tokenizer):
     )
     padded = pad_batch([*examples, filler], tokenizer.pad_token_id)
     again = lm_loss(
-        model, padded["input_ids"][:2], padded["attention_mask"][:2], padded["labels"][:2]
+        *token_log_probs(
+            model, padded["input_ids"][:2], padded["attention_mask"][:2], padded["labels"][:2]
+        )
     )
     torch.testing.assert_close(again, ours)
+
+
+def test_odds_ratio_loss_against_its_definition():
+    counted = torch.tensor([[True, True, False], [True, True, True]])
+    chosen = torch.tensor([[0.5, 0.5, 1.0], [0.2, 0.4, 0.1]]).log() * counted
+    rejected = torch.tensor([[0.1, 0.9, 1.0], [0.3, 0.3, 0.3]]).log() * counted
+    expected = []
+    for row in range(2):
+        p, q = (math.exp(x[row].sum() / counted[row].sum()) for x in (chosen, rejected))
+        ratio = (p / (1 - p)) / (q / (1 - q))
+        expected.append(-math.log(1 / (1 + 1 / ratio)))
+    loss = odds_ratio_loss((chosen, counted), (rejected, counted))
+    assert loss == pytest.approx(sum(expected) / 2, rel=1e-5)
+    assert odds_ratio_loss((chosen, counted), (chosen, counted)) == pytest.approx(math.log(2))
+    assert odds_ratio_loss((rejected, counted), (chosen, counted)) > loss

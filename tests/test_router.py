@@ -25,7 +25,7 @@ def fit(model, prompts, labels, **settings):
 
 
 def inputs_of(model, prompts):
-    """The first layer's FFN input on content tokens, prompt by prompt, without batching."""
+    """The first layer's FFN input on each prompt's tokens, without batching."""
     seen = []
     ffn = next(iter(gated_ffns(model).values()))
     handle = ffn.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
@@ -33,7 +33,7 @@ def inputs_of(model, prompts):
         for prompt in prompts:
             model(torch.tensor([prompt.input_ids]))
     handle.remove()
-    masks = [torch.tensor(prompt.content_mask) for prompt in prompts]
+    masks = [torch.tensor(prompt.prompt_mask) for prompt in prompts]
     return [x[mask] for x, mask in zip(seen, masks, strict=True)]
 
 
