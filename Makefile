@@ -26,8 +26,8 @@ run: $(VENV)/.installed ## make everything that is out of date: data, experts, f
 test: $(VENV)/.installed ## run the tests that take seconds
 	python -m pytest -n 2
 
-test-slow: $(VENV)/.installed ## run the tests of the whole pipeline too
-	python -m pytest -m 'slow or not slow'
+test-slow: $(VENV)/.installed ## run the tests of the whole pipeline, which take minutes
+	python -m pytest -m slow
 
 lint: $(VENV)/.installed ## check style and types
 	ruff check .

@@ -95,6 +95,8 @@ def align_expert(
             lr_scheduler_type="cosine",
             warmup_steps=round(config.warmup_fraction * steps),
             train_sampling_strategy="group_by_length",
+            # later epochs are reordered when one is resumed in its middle
+            save_strategy="steps" if config.num_epochs == 1 else "epoch",
             save_steps=config.save_steps,
             eval_strategy="epoch",
         ),
@@ -107,7 +109,13 @@ def align_expert(
         "base_sha256": read_base_sha256(base),
         "data_sha256": sha256_folder(data / domain),
     }
-    fingerprint = {**info, "align": config.model_dump(), "dtype": dtype, "seed": seed}
+    fingerprint = {
+        **info,
+        "base": sha256_folder(base),  # the chat template too
+        "align": config.model_dump(),
+        "dtype": dtype,
+        "seed": seed,
+    }
     history = train_with_resume(trainer, fingerprint)
     with atomic_path(output) as partial:
         model.save_pretrained(str(partial))

@@ -63,6 +63,8 @@ def prepare_base(
             model, tokenizer = build_pico(config, seed)
     if not tokenizer.chat_template:
         raise H3FusionError("base: the tokenizer has no chat template; take an instruction model")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     if config.system_prompt is not None:
         system = json.dumps({"role": "system", "content": config.system_prompt})
         tokenizer.chat_template = SYSTEM_TEMPLATE.replace("SYSTEM", system) + str(

@@ -71,6 +71,15 @@ def load_fused(
         state = load_file(path / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         raise H3FusionError(f"{path / WEIGHTS_FILE}: {error}") from error
+    expected = {
+        f"{name}.deltas.{p}.{factor}"
+        for name in gated_ffns(model)
+        for p in PROJECTIONS
+        for factor in ("lora_A", "lora_B")
+    } | {f"{name}.router.weight" for name in gated_ffns(model)}
+    if set(state) != expected:
+        odd = sorted(set(state) ^ expected)[0]
+        raise H3FusionError(f"{path / WEIGHTS_FILE}: does not fit its base at {odd}")
     adapters = []
     for index in range(len(config["experts"]) - config["base_expert"]):
         adapters.append(
@@ -84,10 +93,7 @@ def load_fused(
             }
         )
     install_experts(model, adapters, config["base_expert"], config["top_k"])
-    missing, unknown = model.load_state_dict(state, strict=False)
-    damaged = [*unknown, *(name for name in missing if ".router." in name)]
-    if damaged:
-        raise H3FusionError(f"{path / WEIGHTS_FILE}: does not fit its base at {damaged[0]}")
+    model.load_state_dict(state, strict=False)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer

@@ -1,5 +1,6 @@
 """The configuration: `params.yaml` for what changes results, `H3F_*` for what does not."""
 
+import hashlib
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -188,7 +189,6 @@ class Generate(Section):
 
 class Score(Section):
     bootstrap_samples: Count
-    confidence: Annotated[float, Field(gt=0, lt=1)]
 
 
 class Params(Section):
@@ -205,6 +205,10 @@ class Params(Section):
     generate: Generate
     score: Score
 
+    def sha256(self) -> str:
+        """Hex SHA-256 of the values, whatever the file's comments and order."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
     @model_validator(mode="after")
     def _check_across_sections(self) -> "Params":
         experts = len(DOMAINS) + self.fuse.base_expert
@@ -220,16 +224,19 @@ class Runtime(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="H3F_", frozen=True)
 
-    device: str = "auto"  # "auto" takes a GPU where there is one
+    # "auto" takes a GPU where there is one
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0  # 0: torch decides
     cache_dir: Path = Path.home() / ".cache" / "h3fusion"
 
     def torch_device(self) -> str:
-        """The device by its torch name."""
-        if self.device != "auto":
-            return self.device
+        """The device by its torch name; also tells torch how many threads it may use."""
         import torch  # the app and the tests of the configuration need none
 
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        if self.device != "auto":
+            return self.device
         return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -79,8 +79,10 @@ def reference_of(domain: str, row: dict[str, Any]) -> str:
     return row["best_answer"] if domain == Domain.HONEST else row["response"]
 
 
-def _alpaca(row: dict[str, Any]) -> dict[str, Any]:
+def _alpaca(row: dict[str, Any]) -> dict[str, Any] | None:
     prompt = row["instruction"]
+    if not row["output"]:
+        return None
     if row.get("input"):
         prompt += "\n\n" + row["input"]
     return {"prompt": prompt, "response": row["output"]}
@@ -132,18 +134,23 @@ PRESETS: dict[str, Callable[[dict[str, Any]], dict[str, Any] | None]] = {
 }
 
 
-def load_records(domain: Domain, sources: tuple[DataSource, ...], key: str) -> list[Record]:
+def load_records(
+    domain: Domain, sources: tuple[DataSource, ...], key: str, seen: set[str] | None = None
+) -> list[Record]:
     """Read and check the rows of some sources.
 
     Args:
         domain: Which kind of record the rows must be.
         sources: Files or hub datasets, read in order.
         key: The params key of the sources, for messages.
+        seen: Prompts of other splits. The public sets repeat prompts: a row of theirs is left out
+            when its prompt was seen. Rows in the native form are kept for validation to judge.
 
     Raises:
         H3FusionError: A source is missing or empty, or a row does not fit; names file and row.
     """
     records: list[Record] = []
+    seen = set() if seen is None else seen
     for source in sources:
         if source.preset not in PRESETS:
             raise H3FusionError(f"{key}: preset = {source.preset}: choose from {list(PRESETS)}")
@@ -155,9 +162,9 @@ def load_records(domain: Domain, sources: tuple[DataSource, ...], key: str) -> l
         for number, row in rows[start:stop]:
             try:
                 values = preset(row)
-            except KeyError as error:
+            except (KeyError, TypeError, AttributeError) as error:
                 raise H3FusionError(
-                    f"{place}:{number}: no column {error} (preset {source.preset})"
+                    f"{place}:{number}: does not fit preset {source.preset} ({error!r})"
                 ) from error
             if values is None:
                 continue
@@ -165,6 +172,9 @@ def load_records(domain: Domain, sources: tuple[DataSource, ...], key: str) -> l
                 record = RECORDS[domain].model_validate(values)
             except ValidationError as error:
                 raise H3FusionError(f"{place}:{number}: {describe_errors(error)}") from error
+            if source.preset != "native" and record.prompt in seen:
+                continue
+            seen.add(record.prompt)
             record.source = f"{place}:{number}"
             records.append(record)
     return records
@@ -181,8 +191,11 @@ def _read_file(source: FileData) -> Iterator[tuple[int, dict[str, Any]]]:
             except ValueError as error:
                 raise H3FusionError(f"{path}: not valid JSON ({error})") from error
         case ".csv":
-            with path.open(newline="", encoding="utf-8") as file:
-                yield from enumerate(csv.DictReader(file), 1)
+            try:
+                with path.open(newline="", encoding="utf-8") as file:
+                    yield from enumerate(csv.DictReader(file), 1)
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise H3FusionError(f"{path}: not a UTF-8 CSV file ({error})") from error
         case _:
             raise H3FusionError(f"{path}: a data file must be .jsonl, .json or .csv")
 
@@ -218,8 +231,9 @@ def build_splits(config: Data, output: Path, seed: int) -> dict[str, dict[str, i
     counts: dict[str, dict[str, int]] = {}
     for domain in DOMAINS:
         section = getattr(config, domain)
-        train = load_records(domain, section.train, f"data.{domain}.train")
         test = load_records(domain, section.test, f"data.{domain}.test")
+        test_prompts = {record.prompt for record in test}
+        train = load_records(domain, section.train, f"data.{domain}.train", test_prompts)
         if section.max_rows is not None and section.max_rows < len(train):
             train = random.Random(seed).sample(train, section.max_rows)
         groups = [group_of(domain, record.model_dump()) for record in train]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from h3fusion_core.base import read_base_sha256
 from h3fusion_core.chat import encode_example, encode_prompt
 from h3fusion_core.checkpoint import ADAPTER_INFO_FILE, save_fused
-from h3fusion_core.config import BASE_EXPERT, DOMAINS, Fuse
+from h3fusion_core.config import BASE_EXPERT, DOMAINS, Fuse, load_runtime
 from h3fusion_core.data import BENIGN, group_of, load_split, reference_of
 from h3fusion_core.io import H3FusionError, read_json, sha256_folder
 from h3fusion_core.moe import PROJECTIONS, Delta, gated_ffns, install_experts, moe_layers
@@ -44,9 +44,10 @@ def read_adapter(folder: Path, base_sha256: str) -> dict[str, Delta]:
         H3FusionError: Aligned on another base, or of a kind that a mixture can't represent.
     """
     info = read_json(folder / ADAPTER_INFO_FILE)
-    if info["base_sha256"] != base_sha256:
+    trained_on = str(info.get("base_sha256"))
+    if trained_on != base_sha256:
         raise H3FusionError(
-            f"{folder}: aligned on the base with sha256 {info['base_sha256'][:12]}, but this base "
+            f"{folder}: aligned on the base with sha256 {trained_on[:12]}, but this base "
             f"has {base_sha256[:12]}; align it anew on this base"
         )
     config = PeftConfig.from_pretrained(str(folder))
@@ -67,7 +68,9 @@ def read_adapter(folder: Path, base_sha256: str) -> dict[str, Delta]:
         name, kind, suffix = key.removeprefix(PEFT_PREFIX).rpartition(".lora_A.weight")
         if not kind or suffix:
             continue
-        lora_B = weights[f"{PEFT_PREFIX}{name}.lora_B.weight"]
+        lora_B = weights.get(f"{PEFT_PREFIX}{name}.lora_B.weight")
+        if lora_B is None:
+            raise H3FusionError(f"{folder}: the adapter lacks the lora_B of {name}")
         rank = lora_A.shape[0]
         alpha = patterns.get(get_pattern_key(list(patterns), name), config.lora_alpha)
         scale = alpha / rank**0.5 if config.use_rslora else alpha / rank
@@ -121,6 +124,7 @@ def fuse_experts(
     base_sha256 = read_base_sha256(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).eval()
+    model.to(load_runtime().torch_device())
     deltas = []
     for folder in adapters.values():
         deltas.append(read_adapter(folder, base_sha256))
@@ -154,7 +158,8 @@ def fuse_experts(
             [row["domain_id"] for row in visited],
         )
         fingerprint = {
-            "base_sha256": base_sha256,
+            "base": sha256_folder(base),  # the chat template too
+            "max_tokens": max_tokens,
             "adapters": [sha256_folder(folder, "*.safetensors") for folder in adapters.values()],
             "data_sha256": sha256_folder(data),
             "fuse": config.model_dump(),

@@ -22,7 +22,7 @@ from h3fusion_core import checkpoint
 from h3fusion_core.base import read_base_sha256
 from h3fusion_core.chat import Encoded, encode_answer, encode_prompt, pad_batch
 from h3fusion_core.config import DOMAINS, Domain, Generate
-from h3fusion_core.data import load_split, reference_of
+from h3fusion_core.data import load_split
 from h3fusion_core.io import H3FusionError, Progress, read_json
 from h3fusion_core.losses import mean_routing
 from h3fusion_core.moe import moe_layers, record_router_logits
@@ -84,10 +84,13 @@ def generate_answers(
     Returns:
         The answers in the order of the prompts; equal to answering them one by one.
     """
+    stops = {tokenizer.eos_token_id}
+    own = model.generation_config.eos_token_id  # Gemma's end of turn, say, is no eos_token
+    stops |= set(own) if isinstance(own, list) else {own} - {None}
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted(stops),
         pad_token_id=tokenizer.pad_token_id,
     )
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -104,8 +107,8 @@ def generate_answers(
                 generation_config=config,
             )
         for row, ids in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            if tokenizer.eos_token_id in ids:  # what follows is padding
-                ids = ids[: ids.index(tokenizer.eos_token_id) + 1]
+            end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+            ids = ids[: end + 1]  # what follows is padding
             text = str(tokenizer.decode(ids, skip_special_tokens=True))
             answers[row] = Answer(text.strip(), len(ids))
         progress.update(len(answers))
@@ -128,9 +131,10 @@ def score_choices(
         [encode_answer(tokenizer, prompt, choice)[:-1] for choice in options]
         for prompt, options in zip(prompts, choices, strict=True)
     ]
-    order = sorted(range(len(prompts)), key=lambda i: len(heads[i].input_ids))
-    results: dict[int, list[Likelihood]] = {}
-    progress = Progress("likelihoods", len(order))
+    order = [i for i in range(len(prompts)) if tails[i]]
+    order.sort(key=lambda i: len(heads[i].input_ids))
+    results: dict[int, list[Likelihood]] = {i: [] for i in range(len(prompts)) if not tails[i]}
+    progress = Progress("likelihoods", len(prompts))
     rows_per_batch = max(1, batch_size // 4)  # each has several choices
     for start in range(0, len(order), rows_per_batch):
         rows = order[start : start + rows_per_batch]
@@ -229,8 +233,9 @@ def answer_test_split(
 
     Returns:
         One row for each test prompt (`id`, `answer`, `answer_tokens`, `choices` as pairs of
-        log-probability and tokens: the reference's, or the correct answers' and then the incorrect
-        ones'; for a fused model `routing`, by layer and expert), and the model's cost.
+        log-probability and tokens: a helpful reference's, or an honest question's correct answers'
+        and then the incorrect ones'; for a fused model `routing`, by layer and expert), and the
+        model's cost.
     """
     model, tokenizer = load_model(path, base, dtype, device)
     rows = [(domain, row) for domain in DOMAINS for row in load_split(data, domain, "test")]
@@ -238,12 +243,15 @@ def answer_test_split(
     start = time.perf_counter()
     answers = generate_answers(model, tokenizer, prompts, config.batch_size, config.max_new_tokens)
     seconds = time.perf_counter() - start
-    choices = [
-        row["correct_answers"] + row["incorrect_answers"]
-        if domain == Domain.HONEST
-        else [reference_of(domain, row)] * bool(reference_of(domain, row))
-        for domain, row in rows
-    ]
+    choices: list[list[str]] = []
+    for domain, row in rows:
+        match domain:
+            case Domain.HELPFUL:
+                choices.append([row["response"]])
+            case Domain.HARMLESS:
+                choices.append([])  # judged by what the model says
+            case Domain.HONEST:
+                choices.append(row["correct_answers"] + row["incorrect_answers"])
     likelihoods = score_choices(model, tokenizer, prompts, choices, config.batch_size)
     result = [
         {

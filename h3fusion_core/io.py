@@ -31,7 +31,8 @@ def report_errors() -> Iterator[None]:
     except H3FusionError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {error.filename or 'file system'}: {error.strerror or error}")
+        reason = error.strerror or " ".join(str(error).split())
+        sys.exit(f"error: {error.filename or 'file system'}: {reason}")
     except SafetensorError as error:
         sys.exit(f"error: a weights file could not be read or written: {error}")
 
@@ -47,7 +48,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     _remove(partial)
     try:
         yield partial
-        _remove(path)
+        if path.is_dir():  # a folder can't be replaced in one step, a file can
+            shutil.rmtree(path)
         os.replace(partial, path)
     finally:
         _remove(partial)
@@ -92,7 +94,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         raise H3FusionError(f"{path}: no such file")
     rows = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        # not splitlines(), which would also split a row at U+2028 inside a text
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        for number, line in enumerate(lines if lines != [""] else [], 1):
             try:
                 row = json.loads(line)
             except ValueError as error:
@@ -121,17 +125,17 @@ def sha256_folder(folder: Path, pattern: str = "*") -> str:
 
 
 class Progress:
-    """Logs "done/total, elapsed, left" as plain lines, at most one every `interval_s` seconds."""
+    """Logs "done/total, elapsed, left" as plain lines, at most one every `interval_s` seconds.
 
-    def __init__(self, name: str, total: int, interval_s: float = 10.0) -> None:
-        self.name, self.total, self.interval_s = name, total, interval_s
+    `done` units were finished before, by a run that goes on: they took no time of this one.
+    """
+
+    def __init__(self, name: str, total: int, done: int = 0, interval_s: float = 10.0) -> None:
+        self.name, self.total, self.first, self.interval_s = name, total, done, interval_s
         self.start = self.last = time.monotonic()
-        self.first: int | None = None
 
     def update(self, done: int, note: str = "") -> None:
         """Report that `done` of `total` units are finished."""
-        if self.first is None:  # a resumed run starts beyond 0: that part took no time
-            self.first = done - 1
         now = time.monotonic()
         if now - self.last < self.interval_s and done < self.total:
             return

@@ -36,6 +36,7 @@ CHART_METRICS = {
 COLOURS = ("#999999", "#E69F00", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 README_MARKERS = ("<!-- scores -->\n", "<!-- /scores -->\n")
 EXAMPLES_PER_DOMAIN = 5
+ALPHA = 0.05  # of the corrected p-values
 
 
 def table(scores: dict[str, Any]) -> str:
@@ -68,7 +69,6 @@ def headline(metrics: dict[str, Any]) -> str:
         return "There is no fused model to compare."
     fused = metrics["models"]["fused"]["hhh"]["value"]
     low, high = result["ci95"]
-    shown = low > 0 or high < 0
     direction = "above" if result["difference"] > 0 else "below"
     if result["difference"] == 0:
         return f"The fused model's hhh is {fused:.1f}, the same as the best expert's."
@@ -78,7 +78,14 @@ def headline(metrics: dict[str, Any]) -> str:
         f"({result['other']}; 95 % interval of the paired difference {low:+.1f} to {high:+.1f}, "
         f"p = {result['p_value']:.2g} after Holm's correction, n = {result['n']})"
     )
-    return sentence + (": a difference is shown." if shown else ": no difference is shown.")
+    return sentence + (
+        ": a difference is shown." if is_shown(result) else ": no difference is shown."
+    )
+
+
+def is_shown(result: dict[str, Any]) -> bool:
+    """Whether a comparison shows a difference, all comparisons of the table considered."""
+    return result["p_value"] < ALPHA
 
 
 def draw_scores(scores: dict[str, Any], path: Path) -> None:
@@ -111,10 +118,11 @@ def draw_routing(by_layer: Sequence[dict[str, Any]], path: Path) -> None:
     groups = list(dict.fromkeys(row["group"] for row in by_layer))
     experts = list(dict.fromkeys(row["expert"] for row in by_layer))
     figure, axes = plt.subplots(
-        1, len(groups), figsize=(3.2 * len(groups), 3.4), sharey=True, layout="constrained"
+        1, max(1, len(groups)), figsize=(13, 3.4), sharey=True, squeeze=False, layout="constrained"
     )
+    axes = axes[0]
     order = ("base", *DOMAINS)
-    for axis, group in zip(axes, groups, strict=True):
+    for axis, group in zip(axes, groups, strict=bool(groups)):
         for expert in experts:
             rows = [r for r in by_layer if r["group"] == group and r["expert"] == expert]
             axis.plot(
@@ -129,7 +137,8 @@ def draw_routing(by_layer: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_ylim(0, 1)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("mean routing probability")
-    axes[-1].legend(frameon=False, fontsize=9)
+    if groups:
+        axes[-1].legend(frameon=False, fontsize=9)
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=130, format="png")
     plt.close(figure)
@@ -164,14 +173,14 @@ def write_report(metrics: dict[str, Any], judged: Sequence[dict[str, Any]]) -> s
     ]
     for name, result in metrics["comparisons"].items():
         low, high = result["ci95"]
-        shown = low > 0 or high < 0
         label = name.replace("_", " ")
         if name == "fused_vs_best_expert":
             label += f" ({result['other']})"
         lines.append(
             f"| {label} | {result['metric']} | {result['difference']:+.1f} "
-            f"| {low:+.1f} to {high:+.1f}{'' if shown else ', no difference shown'} "
-            f"| {result['relative_pct']:+.1f} % | {result['p_value']:.3g} | {result['n']} |"
+            f"| {low:+.1f} to {high:+.1f} | {result['relative_pct']:+.1f} % "
+            f"| {result['p_value']:.2g}{'' if is_shown(result) else ', no difference shown'} "
+            f"| {result['n']} |"
         )
     lines += _routing_section(metrics) + _cost_section(metrics)
     agreement = metrics["judges"]["refusal_agreement"]

@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from h3fusion_core.chat import Encoded, pad_batch
-from h3fusion_core.io import Progress
+from h3fusion_core.io import H3FusionError, Progress
 
 logger = logging.getLogger("h3fusion")
 
@@ -63,9 +63,12 @@ def fit_router(
     Returns:
         One fit for each layer.
     """
-    fit_rows, heldout_rows = train_test_split(
-        range(len(prompts)), test_size=holdout_fraction, random_state=seed, stratify=labels
-    )
+    try:
+        fit_rows, heldout_rows = train_test_split(
+            range(len(prompts)), test_size=holdout_fraction, random_state=seed, stratify=labels
+        )
+    except ValueError as error:
+        raise H3FusionError(f"fuse.holdout_fraction = {holdout_fraction}: {error}") from error
     label = torch.tensor(labels)
     device = next(model.parameters()).device
     hidden_size = ffns[0].gate_proj.weight.shape[1]

@@ -236,7 +236,6 @@ def _interval(samples: list[np.ndarray], statistic: Any, config: Score, seed: in
         samples,
         statistic,
         n_resamples=config.bootstrap_samples,
-        confidence_level=config.confidence,
         method="percentile",
         vectorized=True,
         batch=1000,
@@ -256,7 +255,6 @@ def _reference_nll(rows: list[dict[str, Any]], config: Score, seed: int) -> dict
         (nll, tokens),
         statistic,
         n_resamples=config.bootstrap_samples,
-        confidence_level=config.confidence,
         method="percentile",
         paired=True,
         vectorized=True,
@@ -276,12 +274,18 @@ def _compare_models(
         if domain in scores:
             planned[f"{domain}_vs_base"] = (domain, BASE_EXPERT, metric)
     if FUSED in scores:
-        experts = [domain for domain in DOMAINS if domain in scores]
-        best = max(experts, key=lambda name: scores[name]["hhh"]["value"])
-        planned["fused_vs_best_expert"] = (FUSED, str(best), "hhh")
+        experts = [str(domain) for domain in DOMAINS if "hhh" in scores.get(domain, {})]
+        best = max(experts, key=lambda name: scores[name]["hhh"]["value"], default=None)
+        if best is not None:
+            planned["fused_vs_best_expert"] = (FUSED, best, "hhh")
         for other in scores:
             if other not in (FUSED, best):
                 planned[f"fused_vs_{other}"] = (FUSED, str(other), "hhh")
+    planned = {
+        name: (model, other, metric)
+        for name, (model, other, metric) in planned.items()
+        if metric in scores[model] and metric in scores[other]
+    }
     results: dict[str, Any] = {}
     for name, (model, other, metric) in planned.items():
         difference = {
@@ -409,14 +413,22 @@ def judge_agreement(judged: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def read_cost(answers: Path, training: Path, models: Sequence[str]) -> dict[str, Any]:
-    """Parameters, memory, speed and training time of each model, where known."""
+    """Parameters, memory, speed and training time of each model; the fused one's with its experts'.
+
+    Limitations: the time of a run that was resumed is that of its last part.
+    """
     costs = {}
     for model in models:
         costs[model] = read_json(answers / f"{model}.cost.json")
-        log = training / f"{'fuse' if model == FUSED else model}.json"
-        if log.is_file():
-            runs = [entry for entry in read_json(log) if "train_runtime" in entry]
-            costs[model]["train_s"] = runs[-1]["train_runtime"] if runs else 0.0
+        parts = [*DOMAINS, "fuse"] if model == FUSED else [model]
+        logs = [training / f"{part}.json" for part in parts]
+        if all(log.is_file() for log in logs):
+            costs[model]["train_s"] = sum(
+                entry["train_runtime"]
+                for log in logs
+                for entry in read_json(log)
+                if "train_runtime" in entry
+            )
     return costs
 
 
@@ -426,9 +438,10 @@ def build_metrics(
     """Put `reports/metrics.json` together; also the routing by layer, for plots."""
     scores, comparisons = score_models(judged, params.score, params.seed)
     experts = [*DOMAINS, BASE_EXPERT] if params.fuse.base_expert else list(DOMAINS)
-    fused = [row for row in judged if "routing_by_layer" in row]
+    routed = [row for row in judged if "routing_by_layer" in row]
+    fused = [row for row in routed if row["model"] == FUSED]
     routing, by_layer = score_routing(fused, experts) if fused else ({}, [])
-    for row in fused:  # a prompt's mean is enough for a reader of the answers
+    for row in routed:  # a prompt's mean is enough for a reader of the answers
         layers = np.array(row.pop("routing_by_layer"))
         row["routing"] = dict(zip(experts, layers.mean(axis=0).round(4).tolist(), strict=True))
     metrics = {

@@ -23,7 +23,7 @@ from transformers import (
 from h3fusion_core.chat import Encoded, pad_batch
 from h3fusion_core.config import load_runtime
 from h3fusion_core.io import H3FusionError, Progress, write_json
-from h3fusion_core.losses import lm_loss, odds_ratio_loss, token_log_probs
+from h3fusion_core.losses import IGNORE, lm_loss, odds_ratio_loss, token_log_probs
 
 logger = logging.getLogger("h3fusion")
 
@@ -39,12 +39,19 @@ class ExampleDataset(torch.utils.data.Dataset):
         domain_ids: Sequence[int],
         rejected: Sequence[Encoded] | None = None,
     ) -> None:
-        self.rows: list[dict[str, Any]] = [
-            {"example": example, "input_ids": example.input_ids, "domain_id": domain_id}
-            for example, domain_id in zip(examples, domain_ids, strict=True)
-        ]
-        for row, example in zip(self.rows, rejected or [], strict=rejected is not None):
-            row["rejected"] = example
+        self.rows: list[dict[str, Any]] = []
+        cut = 0
+        for index, (example, domain_id) in enumerate(zip(examples, domain_ids, strict=True)):
+            parts = [example] + ([rejected[index]] if rejected else [])
+            if any(set(part.labels) == {IGNORE} for part in parts):
+                cut += 1  # the prompt alone fills the row
+                continue
+            row = {"example": example, "input_ids": example.input_ids, "domain_id": domain_id}
+            self.rows.append(row | ({"rejected": rejected[index]} if rejected else {}))
+        if cut:
+            logger.warning("%d of %d rows have no room for an answer: left out", cut, len(examples))
+        if not self.rows:
+            raise H3FusionError("align.max_tokens leaves no row room for an answer; raise it")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -108,7 +115,7 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.progress = Progress("training step", state.max_steps)
+        self.progress = Progress("training step", state.max_steps, state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -126,9 +133,10 @@ def training_arguments(folder: Path, seed: int, **kwargs: Any) -> TrainingArgume
         output_dir=str(folder),
         seed=seed,
         data_seed=seed,
-        use_cpu=runtime.device == "cpu",
+        use_cpu=runtime.torch_device() == "cpu",
         report_to=[],
         logging_steps=1,
+        logging_nan_inf_filter=False,  # a NaN must be seen
         save_total_limit=1,
         disable_tqdm=True,
         log_level="error",

@@ -1,5 +1,6 @@
 """Validation of the derived splits with Great Expectations, before anything trains."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def validate_splits(data: Path, config: Validate) -> list[dict[str, Any]]:
         One result for each rule: domain, split, rule, success, the number of rows that break it,
         and the files and rows of the first of them.
     """
+    logging.getLogger("great_expectations").setLevel(logging.WARNING)
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
     source = context.data_sources.add_pandas("splits")

@@ -196,7 +196,7 @@ def test_presets_read_the_public_forms(tmp_path):
     (safe,) = load("harmless", beavers, preset="beavertails")
     assert safe.harmful
     assert reference_of("harmless", safe.model_dump()) == "I can't help with that."
-    with pytest.raises(H3FusionError, match="no column 'instruction'"):
+    with pytest.raises(H3FusionError, match=r"does not fit preset alpaca .*instruction"):
         load("helpful", beavers, preset="alpaca")
 
     xstest = tmp_path / "x.csv"

@@ -15,6 +15,7 @@ from h3fusion_core.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     load_fused,
+    save_fused,
 )
 from h3fusion_core.config import DOMAINS, load_params
 from h3fusion_core.fuse import (
@@ -165,17 +166,22 @@ def test_fusing_writes_a_small_folder_and_a_full_log(fused):
 
 
 @torch.no_grad()
-def test_saved_and_loaded_is_equal_and_generates_with_a_cache(fused, tmp_path):
-    folder, _, _ = fused
-    model, _ = load_fused(folder)
-    again, _ = load_fused(folder)
-    torch.testing.assert_close(model(IDS).logits, again(IDS).logits, atol=0, rtol=0)
+def test_saved_and_loaded_is_what_was_built_and_generates_with_a_cache(base, adapters, tmp_path):
+    built = AutoModelForCausalLM.from_pretrained(base).eval()
+    sha256 = read_base_sha256(base)
+    install_experts(built, [read_adapter(a, sha256) for a in adapters.values()], True, 2)
+    torch.manual_seed(0)
+    for layer in moe_layers(built):
+        torch.nn.init.normal_(layer.router.weight)
+    save_fused(built, base, [*DOMAINS, "base"], SMOKE, tmp_path / "fused")
+    loaded, _ = load_fused(tmp_path / "fused")
+    torch.testing.assert_close(loaded(IDS).logits, built(IDS).logits, atol=0, rtol=0)
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     settings["attention_mask"] = torch.ones_like(IDS)
-    cached = model.generate(IDS, use_cache=True, **settings)
-    assert torch.equal(cached, model.generate(IDS, use_cache=False, **settings))
-    moe_layers(again)[0].router.weight.data.mul_(-1)
-    assert not torch.allclose(model(IDS).logits, again(IDS).logits, atol=1e-4)
+    cached = loaded.generate(IDS, use_cache=True, **settings)
+    assert torch.equal(cached, loaded.generate(IDS, use_cache=False, **settings))
+    moe_layers(loaded)[0].router.weight.data.mul_(-1)
+    assert not torch.allclose(loaded(IDS).logits, built(IDS).logits, atol=1e-4)
 
 
 def test_loading_refuses_another_base_and_damaged_files(fused, tmp_path):

@@ -109,7 +109,7 @@ def test_the_whole_test_split_is_answered_and_priced(base, fused, adapters, spli
         r["id"] for d in ("helpful", "harmless", "honest") for r in load_split(splits, d, "test")
     ]
     assert [row["id"] for row in rows] == expected
-    assert [len(row["choices"]) for row in rows] == [1] * 20 + [3] * 10
+    assert [len(row["choices"]) for row in rows] == [1] * 10 + [0] * 10 + [3] * 10
     model, _ = load_model(fused, base, "float32", "cpu")
     one_adapter = (
         sum(p.numel() for layer in moe_layers(model) for p in layer.deltas.parameters()) / 3

@@ -12,9 +12,11 @@ from h3fusion_core.io import (
     Progress,
     atomic_path,
     read_json,
+    read_jsonl,
     report_errors,
     sha256_folder,
     write_json,
+    write_jsonl,
     write_text,
 )
 
@@ -82,6 +84,14 @@ def test_a_stage_without_params_says_what_to_do(tmp_path):
     )
 
 
+def test_rows_survive_every_character(tmp_path):
+    rows = [{"text": "line\u2028separator"}, {"text": "next\u0085line \n \r"}, {"text": ""}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+    write_jsonl(tmp_path / "none.jsonl", [])
+    assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
 def test_folder_hashes_depend_on_names_and_contents(tmp_path):
     digests = set()
     for name, text in (("a", "1"), ("a", "2"), ("b", "1")):
@@ -93,6 +103,12 @@ def test_folder_hashes_depend_on_names_and_contents(tmp_path):
 
 
 def test_progress_says_what_is_left(caplog):
+    resumed = Progress("steps", total=10, done=8, interval_s=0.0)
+    resumed.start -= 5.0  # one step took five seconds, so the last one will
+    with caplog.at_level(logging.INFO, "h3fusion"):
+        resumed.update(9)
+    assert "5 s left" in caplog.records[-1].getMessage()
+    caplog.clear()
     progress = Progress("steps", total=4, interval_s=0.0)
     with caplog.at_level(logging.INFO, "h3fusion"):
         for done in range(1, 5):

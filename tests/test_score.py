@@ -175,7 +175,7 @@ def test_the_report_says_what_the_numbers_say(result):
     changed |= {"difference": 4.0, "relative_pct": 8.0, "ci95": [-1.0, 9.0], "p_value": 0.2}
     assert "4.0 points (8.0 %) above" in headline(metrics)
     assert headline(metrics).endswith("no difference is shown.")
-    changed |= {"ci95": [1.0, 9.0]}
+    changed |= {"ci95": [1.0, 9.0], "p_value": 0.01}
     assert headline(metrics).endswith(": a difference is shown.")
     changed |= {"difference": -4.0, "ci95": [-9.0, -1.0]}
     assert "below" in headline(metrics)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from h3fusion_core.config import load_params, load_runtime
 from h3fusion_core.generate import answer_test_split
-from h3fusion_core.io import report_errors, write_json, write_jsonl
+from h3fusion_core.io import H3FusionError, report_errors, write_json, write_jsonl
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -13,6 +13,8 @@ if __name__ == "__main__":
     name = parser.parse_args().model
     with report_errors():
         params, runtime = load_params(), load_runtime()
+        if name not in params.models:
+            raise H3FusionError(f"models.{name}: not in params.yaml; it has {list(params.models)}")
         rows, cost = answer_test_split(
             path=params.models[name],
             base=Path("build/base"),

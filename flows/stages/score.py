@@ -9,7 +9,6 @@ from h3fusion_core.io import (
     read_json,
     read_jsonl,
     report_errors,
-    sha256_file,
     sha256_folder,
     write_json,
     write_jsonl,
@@ -29,7 +28,7 @@ if __name__ == "__main__":
             "git_revision": subprocess.run(
                 ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
             ).stdout.strip(),
-            "params_sha256": sha256_file(Path("params.yaml")),
+            "params_sha256": params.sha256(),
             "data_sha256": sha256_folder(DATA),
             "base_sha256": read_json(Path("build/base/base.json"))["sha256"],
             "seeds": [params.seed],
