@@ -19,12 +19,12 @@ LAST_MODELS = ("fused",)
 # Okabe and Ito's palette, without the yellow that vanishes on white.
 MODEL_COLOURS = {
     "base": "#808080",
-    "helpful": "#0072B2",
+    "helpful": "#E69F00",
     "harmless": "#009E73",
-    "honest": "#CC79A7",
+    "honest": "#0072B2",
     "fused": "#D55E00",
 }
-OTHER_COLOURS = ("#56B4E9", "#E69F00", "#8C6BB1", "#A6761D", "#66A61E")
+OTHER_COLOURS = ("#56B4E9", "#CC79A7", "#8C6BB1", "#A6761D", "#66A61E")
 LIGHT_SCALE = ((0.0, "#EEF3F8"), (1.0, "#08519C"))
 DARK_SCALE = ((0.0, "#26323E"), (1.0, "#9CCEF9"))
 SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star", "pentagon")
