@@ -227,7 +227,9 @@ def _bootstrap(
     return value, _interval(samples, statistic, config, seed), sum(len(s) for s in samples)
 
 
-def _interval(samples: list[np.ndarray], statistic: Any, config: Score, seed: int) -> list[float]:
+def _interval(
+    samples: list[np.ndarray], statistic: Any, config: Score, seed: int, paired: bool = False
+) -> list[float]:
     if any(len(sample) < 2 for sample in samples):
         raise H3FusionError("score: a group of the test split has fewer than two prompts")
     if all(np.ptp(sample) == 0 for sample in samples):  # nothing varies, so nothing to resample
@@ -237,6 +239,7 @@ def _interval(samples: list[np.ndarray], statistic: Any, config: Score, seed: in
         statistic,
         n_resamples=config.bootstrap_samples,
         method="percentile",
+        paired=paired,
         vectorized=True,
         batch=1000,
         rng=np.random.default_rng(seed),
@@ -251,17 +254,7 @@ def _reference_nll(rows: list[dict[str, Any]], config: Score, seed: int) -> dict
     def statistic(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
         return a.sum(axis=axis) / b.sum(axis=axis)
 
-    result = stats.bootstrap(
-        (nll, tokens),
-        statistic,
-        n_resamples=config.bootstrap_samples,
-        method="percentile",
-        paired=True,
-        vectorized=True,
-        batch=1000,
-        rng=np.random.default_rng(seed),
-    )
-    interval = [float(result.confidence_interval.low), float(result.confidence_interval.high)]
+    interval = _interval([nll, tokens], statistic, config, seed, paired=True)
     return _describe("reference_nll", float(statistic(nll, tokens)), interval, len(rows))
 
 
